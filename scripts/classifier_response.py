@@ -1,10 +1,11 @@
 """How the classifier's two scores answer to damaged real images and to models after more and more training.
 
-    python scripts/classifier_response.py --models emoji emoji-dit runs/emoji@500 runs/emoji@2000 --out docs
+    python scripts/classifier_response.py --models runs/emoji runs/emoji-dit runs/short@500 runs/short@2000 --out docs
 
 Held-out emoji at 32x32 are damaged: blurred, cut into patches of 8 pixels that change places, labels permuted, four of
 nine classes replaced by the others, one image repeated. Models are sampled without guidance (`--guidance` for another
-scale), with the classes as frequent as in the held-out images. Writes classifier-response.json and .png.
+scale), of runs on the nine groups, with the classes as frequent as in the held-out images. Writes
+classifier-response.json and .png.
 """
 
 from __future__ import annotations

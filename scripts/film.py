@@ -19,7 +19,7 @@ from dit_in_dit.sampling.folder import SampleFolder, film
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = {"plain DiT": "emoji-dit", "nested, equal MACs": "emoji"}
-CLASSES = ("flags", "people", "smileys")  # what both models draw best (docs/shipped-models.md)
+CLASSES = ("country-flag", "face-smiling", "heart", "food-fruit", "cat-face", "person", "place-map", "keycap", "time")
 NUM, SCALE, QUALITY = 9, 3, 60  # of the WebP: most of the bytes are noise
 
 

@@ -97,8 +97,10 @@ SCORES = {
     "models": {
         "swd.32": "finest SWD",
         "swd.16": "middle SWD",
+        "swd.8": "coarse SWD",
         "spectrum": "spectrum, dB",
         "seam.8": "patch borders",
+        "classifier.accuracy": "recognised",
         "memorised": "memorised",
         "repeated": "repeated",
     },
@@ -263,8 +265,8 @@ def summary() -> str:
 
 
 def draw_samples(path: Path) -> None:
-    """The first rows of samples of both models of 64x64, the same noise and classes one above the other."""
-    grids = [Image.open(ROOT / "models" / name / "samples.png") for name in reversed(MODELS["models64"])]
+    """The first rows of samples of both models of 32x32, the same noise and classes one above the other."""
+    grids = [Image.open(ROOT / "models" / name / "samples.png") for name in reversed(MODELS["models"])]
     width, height = grids[0].size
     part = height * ROWS_SHOWN // 10  # of ten
     sheet = Image.new("RGB", (width, 2 * part + 44), "white")

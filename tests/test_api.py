@@ -249,7 +249,7 @@ def test_a_callback_cannot_end_a_run_without_a_word_and_an_ended_run_says_so(run
     ("call", "message"),
     [
         (lambda: dd.load("emojy"), "no run at emojy, .*; did you mean 'emoji'"),
-        (lambda: dd.load("emoji").sample(["flagz"]), "unknown class 'flagz'; did you mean 'flags'"),
+        (lambda: dd.load("emoji").sample(["heartt"]), "unknown class 'heartt'; did you mean 'heart'"),
         (lambda: dd.load("emoji").sample(steps=0), "sample.steps must be from 1"),
         (lambda: dd.load("emoji").sample(sampler="fast"), "sample.sampler must be one of"),
         (lambda: dd.preset("emojy"), "unknown preset 'emojy'; did you mean 'emoji'"),

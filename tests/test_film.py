@@ -49,9 +49,17 @@ def test_names_are_written_under_the_images_and_change_no_pixel_of_them():
 
 
 def test_a_long_name_is_cut_to_the_width_of_its_image():
-    wide = np.asarray(image_grid(PIXELS[:2], 2, scale=4, names=["a very long name indeed", "i"]))
+    wide = np.asarray(image_grid(PIXELS[:2], 2, scale=4, names=["averylongnameindeed", "i"]))
     second = wide[34:, 36:]
     assert np.array_equal(second, np.asarray(image_grid(PIXELS[:2], 2, scale=4, names=["", "i"]))[34:, 36:])
+
+
+def test_a_long_name_takes_a_second_line_after_its_last_separator_that_fits():
+    one, two = (np.asarray(image_grid(PIXELS[:1], scale=8, names=[name])) for name in ("food-", "food-vegetable"))
+    rest = np.asarray(image_grid(PIXELS[:1], scale=8, names=["vegetable"]))
+    assert two.shape[0] == one.shape[0] + NAME_PIXELS
+    assert np.array_equal(two[: len(one) - 2], one[:-2])
+    assert np.array_equal(two[-NAME_PIXELS - 2 :], rest[-NAME_PIXELS - 2 :])
 
 
 def test_scale_enlarges_every_pixel():

@@ -443,7 +443,7 @@ def test_a_model_can_be_matched_to_a_run_and_to_a_shipped_model(capsys, tmp_path
         ),
         (["--preset", "emoji-dit", "--like", "dit-s8"], "has model.channels=4, model.num_classes=1000: set the same"),
         (["--preset", "emoji", "--set", "model.image_size=64", "--like", "emoji"], "model.image_size=[32, 32]"),
-        (["--preset", "emoji", "--set", "model.num_classes=0", "--like", "models/emoji"], "model.num_classes=9"),
+        (["--preset", "emoji", "--set", "model.num_classes=0", "--like", "models/emoji"], "model.num_classes=99"),
         (["--preset", "emoji", "--like", "model/emoji"], "did you mean 'models/emoji'"),
         (["--preset", "emoji", "--like", "."], "no run at ."),
     ],

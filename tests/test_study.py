@@ -489,7 +489,7 @@ def test_a_study_takes_finished_trials_from_kept_rows_and_trains_the_others(base
 STUDIES = Path(__file__).parents[1] / "results" / "studies"
 UNREADABLE = (
     ("results.csv", "arm,seed\nplain,0\n", "is not the table of a study"),
-    ("results.csv", "arm,seed,state,step,metric,value,floor\nplain,0,done,8,held_out.0.2.high,much,\n", "not the table"),
+    ("results.csv", "arm,seed,state,step,metric,value,floor\nplain,0,done,8,swd.8,much,\n", "not the table"),
     ("plan.json", "{}", "no plan of a study"),
 )
 

@@ -2,7 +2,7 @@
 
 >>> import dit_in_dit as dd
 >>> model = dd.load("emoji")
->>> pictures = model.sample(["flags", "smileys"], guidance=2.0, steps=4)
+>>> pictures = model.sample(["country-flag", "face-smiling"], guidance=2.0, steps=4)
 """
 
 from __future__ import annotations

@@ -98,9 +98,9 @@ def evaluate(run: Trained, num: int = 500, *, data: Any = None, out: str | Path 
         data: real images, as for `train`; None: those that the run was trained on.
         out: folder for the result; None: that of the command.
 
-    >>> images, labels = np.zeros((99, 32, 32, 3), np.uint8), np.arange(99) % 9
+    >>> images, labels = np.zeros((99, 32, 32, 3), np.uint8), np.arange(99)
     >>> dd.evaluate("emoji", num=2, data=(images, labels), out="scores").labels
-    ['emoji@12000']
+    ['emoji@6000']
     """
     model = run if isinstance(run, Model) else load(run.folder if isinstance(run, Run) else run)
     device = next(model.net.parameters()).device
@@ -167,7 +167,7 @@ def attention(model: Trained, image: Any, t: float = 0.5, y: int | str | None = 
     """Attention, aggregation and the inner path's share for one image with fixed noise, as the command `maps` records.
     The image is as for `train`; `y` is the name or number of its class, None: no class.
 
-    >>> maps = dd.attention(dd.load("emoji"), np.zeros((32, 32, 3), np.uint8), t=0.3, y="flags")
+    >>> maps = dd.attention(dd.load("emoji"), np.zeros((32, 32, 3), np.uint8), t=0.3, y="heart")
     >>> maps.outer.entropy.shape  # images, times, blocks, heads, patches
     (1, 1, 4, 4, 16)
     """

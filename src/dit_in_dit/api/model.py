@@ -38,7 +38,7 @@ from dit_in_dit.sampling.numbered import sample_batches
 class Pictures(Sequence[Image.Image]):
     """Samples as PIL images by number, of pixels (N, H, W, 1 or 3). A notebook shows them as a grid.
 
-    >>> pictures = dd.load("emoji").sample(["flags", "smileys"], steps=2)
+    >>> pictures = dd.load("emoji").sample(["country-flag", "face-smiling"], steps=2)
     >>> pictures[0].size, pictures.grid().size, len(pictures.trajectory())
     ((32, 32), (134, 68), 3)
     >>> pictures.save("two")
@@ -85,7 +85,7 @@ class Model:
     torch.Size([2, 3, 32, 32])
     >>> model.save_pretrained("pipeline")  # for diffusers too
     >>> dd.Model.from_pretrained("pipeline")
-    pipeline: 32x32x3, 9 classes, outer*4 inner*3, 4.23 M parameters, 49.00 M MACs per image
+    pipeline: 32x32x3, 99 classes, outer*4 inner*3, 4.26 M parameters, 48.99 M MACs per image
     """
 
     net: NestedDiT
@@ -202,7 +202,7 @@ def load(name: str | Path, device: str = "auto", average: str | float | None = N
             train.ema.
 
     >>> dd.load("emoji").classes[:2]
-    ('activities', 'animals')
+    ('alphanum', 'animal-amphibian')
     """
     scratch = TemporaryDirectory()
     folder = resolve_run(str(name), Path(scratch.name))

@@ -57,22 +57,28 @@ def image_grid(
     count, height, width, _ = pixels.shape
     columns = columns or max(1, round(count**0.5 + 0.49))
     scale, gap = scale or max(1, 64 // max(height, width)), 2
-    cell_w, cell_h = width * scale + gap, height * scale + gap + bool(names) * NAME_PIXELS
+    cell_w, font = width * scale + gap, _font("".join(names), NAME_PIXELS - 3)
+    lines = {name: _lines(name, lambda text: font.getlength(text) < cell_w) for name in names}
+    cell_h = height * scale + gap + max(map(len, lines.values()), default=0) * NAME_PIXELS
     sheet = Image.new("RGB", (columns * cell_w + gap, -(-count // columns) * cell_h + gap), "white")
-    draw, font = ImageDraw.Draw(sheet), _font("".join(names), NAME_PIXELS - 3)
-    short = {name: _fitting(name, lambda text: draw.textlength(text, font) < cell_w) for name in names}
+    draw = ImageDraw.Draw(sheet)
     for number, image in enumerate(pixels):
         left, top = gap + number % columns * cell_w, gap + number // columns * cell_h
         tile = to_image(image).resize((width * scale, height * scale), Image.Resampling.NEAREST)
         sheet.paste(tile, (left, top))
-        if names:
-            draw.text((left, top + height * scale), short[names[number]], "black", font)
+        for row, text in enumerate(lines[names[number]] if names else ()):
+            draw.text((left, top + height * scale + row * NAME_PIXELS), text, "black", font)
     return sheet
 
 
-def _fitting(name: str, fits: Callable[[str], bool]) -> str:
-    """The name, or as much of its beginning as fits."""
-    return next((name[:end] for end in range(len(name), 0, -1) if fits(name[:end])), "")
+def _lines(name: str, fits: Callable[[str], bool]) -> list[str]:
+    """The name in one line, or in two if it has a hyphen, an underscore or a space where the first can end. What does
+    not fit is cut off."""
+    ends = [0, *(end for end in range(1, len(name)) if name[end - 1] in "-_ ")]
+    end = 0 if fits(name) else max(end for end in ends if not end or fits(name[:end]))
+    rest = name[end:]
+    fitting = next((rest[:to] for to in range(len(rest), 0, -1) if fits(rest[:to])), "")
+    return [name[:end], fitting] if end else [fitting]
 
 
 def side_by_side(pictures: dict[str, Image.Image], columns: int = 1000) -> Image.Image:

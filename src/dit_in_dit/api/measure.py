@@ -169,7 +169,7 @@ def attention(model: Trained, image: Any, t: float = 0.5, y: int | str | None = 
 
     >>> maps = dd.attention(dd.load("emoji"), np.zeros((32, 32, 3), np.uint8), t=0.3, y="heart")
     >>> maps.outer.entropy.shape  # images, times, blocks, heads, patches
-    (1, 1, 4, 4, 16)
+    (1, 1, 4, 7, 16)
     """
     model = model if isinstance(model, Model) else load(model.folder if isinstance(model, Run) else model)
     named = [model.config.model.num_classes] if y is None else class_numbers(str(y), model.classes)

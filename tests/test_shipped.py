@@ -172,12 +172,20 @@ def listing(folder: Path) -> dict[str, tuple[bytes, int]]:
     }
 
 
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that keeps the release that all tests of this file copy: evaluations take seconds."""
+    return tmp_path_factory.mktemp("shelf")
+
+
 @pytest.fixture
-def small(run, tmp_path, monkeypatch):
+def small(run, shelf, tmp_path, monkeypatch):
     """The folder of a pretrained run `small` with its evaluation, seen from an empty working folder."""
     out = tmp_path / "package" / "models" / "small"
-    export_release(run, out)
-    main(["evaluate", str(out), "-n", "5", "--device", "cpu"])
+    if not (shelf / "small").exists():
+        export_release(run, shelf / "small")
+        main(["evaluate", str(shelf / "small"), "-n", "5", "--device", "cpu"])
+    shutil.copytree(shelf / "small", out)
     monkeypatch.setattr(pretrained, "PLACES", (tmp_path / "nowhere", out.parent))
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")

@@ -53,8 +53,7 @@ def image_grid(
     pixels: Pixels, columns: int | None = None, *, scale: int | None = None, names: Sequence[str] = ()
 ) -> Image.Image:
     """A grid of images (N, H, W, C) on white, about square by default, with the names under the images, in at most two
-    lines. Images are
-    enlarged by the whole factor `scale`; None: small images to about 64 pixels."""
+    lines. Images are enlarged by the whole factor `scale`; None: small images to about 64 pixels."""
     count, height, width, _ = pixels.shape
     columns = columns or max(1, round(count**0.5 + 0.49))
     scale, gap = scale or max(1, 64 // max(height, width)), 2

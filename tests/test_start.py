@@ -30,8 +30,10 @@ ORDERS = {"first": "inner*2 outer*4", "interleaved": "(inner outer*2)*2", "last"
 @pytest.fixture
 def plain(run_config, tmp_path):
     """A DiT of four blocks after some training, and its run."""
-    config = replace(run_config, model=model("outer*4"))
-    run = tmp_path / "dit"
+    return trained(replace(run_config, model=model("outer*4")), tmp_path / "dit")
+
+
+def trained(config, run):
     trainer = Trainer(config, open_source(config.data, config.model), torch.device("cpu"))
     trainer.update([Examples(trainer.source, config)[0]])  # the optimizer's moments are there
     perturbed(trainer.model)
@@ -94,6 +96,19 @@ def test_a_warm_start_reports_whether_the_output_is_unchanged(plain, stages, inn
     with torch.no_grad():
         assert torch.equal(begun.model(x, t, y), trainer.model(x, t, y)) == exact
     assert begun.begun.exact == exact
+
+
+@pytest.mark.parametrize(("inner", "exact"), [({}, True), ({"mixer": "image"}, False)])
+def test_a_nested_run_that_starts_from_its_own_kind_keeps_its_output(run_config, tmp_path, inner, exact):
+    first = replace(run_config, model=model("outer*4 inner*2"))
+    _, run, trainer = trained(first, tmp_path / "first")
+    config = with_train(replace(first, model=model("outer*4 inner*2", **inner)), init=str(run))
+    begun = Trainer(config, open_source(config.data, config.model), torch.device("cpu"))
+    x, t, y = inputs(first.model)
+    with torch.no_grad():
+        assert torch.equal(begun.model(x, t, y), trainer.model(x, t, y)) == exact
+    assert begun.begun.exact == exact
+    assert ("is still that model's" in str(begun.begun)) == exact
 
 
 def test_a_warm_start_copies_evenly_spaced_or_named_outer_blocks(plain):

@@ -93,8 +93,9 @@ def warm_start(
     kept, count = len(rows) - 1, model.config.num_classes
     notes = [f"{kept} of {count} classes keep their label row"] if kept < count else []
     notes += ["positions are those of the new image size"] if old.image_size != model.config.image_size else []
-    whole = not notes and chosen == list(range(old.blocks("outer"))) and not old.blocks("inner")
-    exact = whole and starts_as_outer_blocks(model.config)
+    whole = not notes and chosen == list(range(old.blocks("outer")))
+    opened = not old.blocks("inner") and starts_as_outer_blocks(model.config)
+    exact = whole and (opened or (old == model.config and len(taken) == len(own)))
     noted = trained.manifest.get("data", {}).get("digest")
     other_data = None not in (noted, digest) and noted != digest
     return WarmStart(str(run), trained.step, len(taken), len(own) - len(taken), tuple(notes), exact, other_data)

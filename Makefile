@@ -17,18 +17,21 @@ RUN := .venv/bin/python
 
 DEVICE_OUT ?= runs/device-check
 
-.PHONY: demo device-check test test-docs test-eval test-lora test-track test-oldest test-full check release docs
+.PHONY: demo device-check test test-docs test-eval test-lora test-track test-oldest test-full check lint release docs
 .DELETE_ON_ERROR:
 
 demo: .venv/core
 	$(RUN) -m dit_in_dit demo --out runs/demo
 
-# A process for each core and one thread in each: hardly a test can use more.
-test: check
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadfile
+# A process for each core and one thread in each: hardly a test can use more. mypy is one of the tests.
+# Files in the order of tests/conftest.py: slow ones first, so that no process is idle at the end.
+FILES := -n auto --dist loadfile --no-loadscope-reorder
+
+test: lint
+	OMP_NUM_THREADS=1 $(RUN) -m pytest $(FILES)
 
 test-full: .venv/dev
-	OMP_NUM_THREADS=1 $(RUN) -m pytest --full -n auto --dist loadfile --timeout 900
+	OMP_NUM_THREADS=1 $(RUN) -m pytest --full $(FILES) --timeout 900
 
 # The page's packages, and a browser's driver: apart from dev, which needs neither. The browser is the system's Chromium.
 APP := .venv-app/bin/python
@@ -67,9 +70,11 @@ release: .venv-release/made
 	.venv-release/bin/python -m pip install --disable-pip-version-check build twine
 	touch $@
 
-check: .venv/dev
+lint: .venv/dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+
+check: lint
 	$(RUN) -m mypy
 
 .venv/core: pyproject.toml constraints.txt
@@ -118,11 +123,11 @@ test-track: .venv-track/made
 	$(TRACK) -m pip install --disable-pip-version-check wandb trackio mlflow
 	touch $@
 
-# PyPI's oldest PyTorch for Linux is built for CUDA, several GB; it runs on a CPU as well.
+# PyPI's oldest PyTorch for Linux is built for CUDA, several GB; it runs on a CPU as well. Types are those of today's packages.
 OLDEST := .venv-oldest/bin/python
 
 test-oldest: .venv-oldest/made
-	OMP_NUM_THREADS=1 $(OLDEST) -m pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(OLDEST) -m pytest $(FILES) --ignore tests/test_types.py
 
 .venv-oldest/made: pyproject.toml tests/oldest/constraints.txt
 	$(PYTHON) -m venv .venv-oldest

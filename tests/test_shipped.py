@@ -216,6 +216,12 @@ def test_commands_on_a_pretrained_run_write_into_the_working_folder_only(command
     assert listing(small.parent) == before
 
 
+def test_results_name_a_pretrained_run_not_the_folder_that_it_is_installed_in(small, run, tmp_path):
+    main(["evaluate", "small", "-n", "4", "--device", "cpu", "--out", "results"])
+    assert json.loads(Path("results/metrics.json").read_text())["subject"]["name"] == "models/small"
+    assert pretrained.shown_name(run) == str(run)
+
+
 def test_pretrained_runs_are_listed_beside_presets_of_the_same_name(small, capsys, monkeypatch):
     assert pretrained.find_run("models/small") == pretrained.find_run("small") == small
     monkeypatch.setattr(pretrained, "PLACES", (MODELS,))

@@ -21,6 +21,7 @@ from dit_in_dit.metrics.score import DRAWS
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.reporting.images import Pixels, to_pixels
 from dit_in_dit.runs.checkpoint import Checkpoint
+from dit_in_dit.runs.pretrained import shown_name
 from dit_in_dit.runtime.seeding import generator
 from dit_in_dit.sampling.fit import fit_to_device
 from dit_in_dit.sampling.folder import ImageDecoder
@@ -113,7 +114,7 @@ def run_subject(
         return np.concatenate([to_pixels(batch) for batch in images])
 
     samples = sampling_protocol(config, labels=names, averaged=averaged, seed=seed, guide=guide)
-    about = {"name": str(run), "step": saved.step, "config": saved.manifest["config"]}
+    about = {"name": shown_name(run), "step": saved.step, "config": saved.manifest["config"]}
     about |= {"checkpoint": saved.sha256(averaged=averaged)}
     shape = (*config.model.image_size, config.model.channels)
     if decode:

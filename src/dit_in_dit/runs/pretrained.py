@@ -25,8 +25,17 @@ def find_run(text: str) -> Path:
     return path if taken else pretrained_models().get(text.removeprefix(f"{ROOM}/"), path)
 
 
+def ships(run: Path) -> bool:
+    """Whether the run is one of those that ship with the package."""
+    return run.resolve().parent in {place.resolve() for place in PLACES}
+
+
+def shown_name(run: Path) -> str:
+    """The run's name in results: the path as given; of a pretrained run models/NAME, wherever it is installed."""
+    return f"{ROOM}/{run.resolve().name}" if ships(run) else str(run)
+
+
 def results_folder(run: Path, kind: str) -> Path:
     """The folder for a command's results about a run: KIND in the run; for a pretrained run, KIND/NAME in the working
     folder."""
-    shipping = run.resolve().parent in {place.resolve() for place in PLACES}
-    return Path(kind, run.resolve().name) if shipping else run / kind
+    return Path(kind, run.resolve().name) if ships(run) else run / kind

@@ -3,7 +3,8 @@
 `python scripts/headline.py` reads plan.json, results.csv and curves.csv of results/studies/* and the evaluations of
 models/*, writes results/headline.png and the differences.png beside each study's report, and puts each table between
 its marks, `<!-- STUDY WHAT -->` and `<!-- /STUDY WHAT -->`, where WHAT is arms, errors, whole, samples, samples64,
-semantic, detail, curve, search, goals or summary; the shipped models' marks say `models scores` and `models64 scores`.
+semantic, detail, curve, search, goals or summary; the shipped models' marks say `models scores` and `models64 scores`;
+`FOLDER sampling` is the table of the evaluations in results/FOLDER, which sample one model in several ways.
 Run it again and nothing changes.
 """
 
@@ -236,12 +237,36 @@ def search(study: str) -> str:
 
 def scores(pair: str) -> str:
     """What the evaluations of a pair of shipped models found."""
-    found, metrics = {}, SCORES[pair]
+    found = {}
     for name in MODELS[pair]:
         (path,) = (ROOT / "models" / name / "evaluation").glob("*/metrics.json")
-        found[name] = json.loads(path.read_text())["scores"]
-    lines = [[f"`{name}`", *(f"{scored[metric]['value']:.3g}" for metric in metrics)] for name, scored in found.items()]
-    floors = [f"{found[MODELS[pair][0]][metric]['floor']:.3g}" for metric in metrics]
+        found[f"`{name}`"] = read_evaluation(path)
+    return scored(found, SCORES[pair])
+
+
+def sampling(folder: str) -> str:
+    """What a model's evaluations in results/FOLDER found, one for each way of sampling."""
+    paths = sorted((ROOT / "results" / folder).glob("*/metrics.json"))
+    found = [read_evaluation(path) for path in paths]
+    return scored({way(each["protocol"]["samples"]): each for each in found}, SCORES["models64"])
+
+
+def read_evaluation(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def way(samples: dict[str, Any]) -> str:
+    """The guidance of an evaluation, by its protocol."""
+    below = f", below t = {samples['interval'][1]:g}" if samples["interval"][1] < 1 else ""
+    twin = f", and {samples['guide_scale']:g} away from the twin" if "guide" in samples else ""
+    seed = f", seed {samples['seed']}" if samples["seed"] else ""
+    return f"guidance {samples['guidance']:g}{below}{twin}{seed}"
+
+
+def scored(found: dict[str, dict[str, Any]], metrics: dict[str, str]) -> str:
+    """A row of scores for each evaluation, and their floors: real images against real images."""
+    lines = [[name, *(f"{each['scores'][metric]['value']:.3g}" for metric in metrics)] for name, each in found.items()]
+    floors = [f"{next(iter(found.values()))['scores'][metric]['floor']:.3g}" for metric in metrics]
     return rows(["", *metrics.values()], [*lines, ["real against real", *floors]])
 
 
@@ -304,7 +329,7 @@ def block(study: str, what: str) -> str:
     whole = {"goals": goals, "summary": summary}
     if what in whole:
         return whole[what]()
-    tables = {"arms": arms, "curve": curve, "search": search, "scores": scores}
+    tables = {"arms": arms, "curve": curve, "search": search, "scores": scores, "sampling": sampling}
     return tables[what](study) if what in tables else changes(study, what)
 
 

@@ -1,6 +1,6 @@
 """Sheets of numbered pictures without labels, for people who name them: samples of a model among unseen real images.
 
-    python scripts/naming_sheet.py RUN --out DIR [--num 64] [--real 16] [--seed 0]
+    python scripts/naming_sheet.py RUN --out DIR [--num 64] [--real 16] [--seed 0] [--guide RUN --guide-scale W]
 
 Writes sheet-1.png ... with at most 40 pictures each, and key.csv: number, `sample` or `real`, and class. Classes of
 samples are as frequent as those of the training images; the order is random.
@@ -54,14 +54,15 @@ def main() -> None:
     parser.add_argument("--num", type=int, default=64, help="samples")
     parser.add_argument("--real", type=int, default=16, help="held-out images among them")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--guide", help="weak model of autoguidance, as for `sample`")
+    parser.add_argument("--guide-scale", type=float, help="its scale (default: the run's)")
     options = parser.parse_args()
     model, random = load(options.run), np.random.default_rng(options.seed)
     source, _ = find_source(model.config, None, None)
     first_style = source.labels if source.styles is None else source.labels[np.asarray(source.styles) == 0]
     wanted = [source.classes[y] for y in random.choice(first_style, options.num)]
-    shown = [
-        (picture, "sample", name) for picture, name in zip(model.sample(wanted, seed=options.seed), wanted, strict=True)
-    ]
+    drawn = model.sample(wanted, seed=options.seed, guide=options.guide, guide_scale=options.guide_scale)
+    shown = [(picture, "sample", name) for picture, name in zip(drawn, wanted, strict=True)]
     held_out = random.choice(source.held_out_size, options.real, replace=False).tolist()
     shown += [(picture, "real", name) for picture, name in real_images(source, held_out)]
     shown = [shown[place] for place in random.permutation(len(shown))]

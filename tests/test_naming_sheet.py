@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 import dit_in_dit as dd
@@ -15,8 +16,9 @@ import dit_in_dit as dd
 SCRIPT = runpy.run_path(str(Path(__file__).parents[1] / "scripts/naming_sheet.py"))
 
 
-def test_a_sheet_has_the_samples_and_the_real_images_of_its_key(tmp_path, monkeypatch):
-    words = ["naming_sheet.py", "emoji", "--num", "3", "--real", "2", "--out", str(tmp_path)]
+@pytest.mark.parametrize("guided", [[], ["--guide", "emoji-dit", "--guide-scale", "1.2"]], ids=["", "guided"])
+def test_a_sheet_has_the_samples_and_the_real_images_of_its_key(tmp_path, monkeypatch, guided):
+    words = ["naming_sheet.py", "emoji", "--num", "3", "--real", "2", "--out", str(tmp_path), *guided]
     monkeypatch.setattr(sys, "argv", words)
     SCRIPT["main"]()
     with (tmp_path / "key.csv").open(newline="") as file:

@@ -93,8 +93,12 @@ def test_a_release_cannot_be_resumed_but_can_be_used_for_a_warm_start(run, run_c
         next(train(run_config, tmp_path / "slim", device="cpu", resume=True))
     with pytest.raises(UserError, match="holds only averaged weights"):
         Checkpoint.open(tmp_path / "slim").model(torch.device("cpu"), averaged=False)
-    begun = next(train(with_train(run_config, init=str(tmp_path / "slim")), tmp_path / "next", device="cpu"))
+    begun, *_ = train(with_train(run_config, init=str(tmp_path / "slim")), tmp_path / "next", device="cpu")
     assert begun.values["begun"].new == 0
+    export_release(tmp_path / "next", tmp_path / "last")
+    line = "| initial weights | the averaged weights of slim |"
+    assert line in (tmp_path / "last/README.md").read_text()
+    assert "initial weights" not in (tmp_path / "slim/README.md").read_text()
 
 
 def test_a_failed_export_gives_a_one_line_error_and_leaves_no_files(run, tmp_path):

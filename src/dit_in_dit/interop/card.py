@@ -154,6 +154,7 @@ def _training(config: RunConfig, step: int) -> Rows:
     return {
         "data": _public(config.data.source),
         **(credits if credits["images"] else {}),
+        **({"initial weights": f"the averaged weights of {_public(train.init)}"} if train.init else {}),
         "path, prediction, loss": f"{diffusion.path}, {diffusion.predict}, {diffusion.weight}",
         "steps": f"{step:,} of {train.steps:,}",
         "examples": f"{step * config.global_batch:,} ({config.global_batch} a step)",

@@ -24,8 +24,7 @@ demo: .venv/core
 	$(RUN) -m dit_in_dit demo --out runs/demo
 
 # A process for each core and one thread in each: hardly a test can use more. mypy is one of the tests.
-# Files in the order of tests/conftest.py: slow ones first, so that no process is idle at the end.
-FILES := -n auto --dist loadfile --no-loadscope-reorder
+FILES := -n auto --dist loadfile
 
 test: lint
 	OMP_NUM_THREADS=1 $(RUN) -m pytest $(FILES)

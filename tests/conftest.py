@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -45,15 +44,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the pages of docs, unless -m names them: together they take minutes. Skip what is only for --full.
-
-    Files with more slow tests come first, then those with more tests, so that processes that share them end together.
-    """
+    """Leave out the pages of docs, unless -m names them: together they take minutes. Skip what is only for --full."""
     if "docs" not in config.getoption("-m"):
         items[:] = [item for item in items if not item.get_closest_marker("docs")]
-    tests = Counter(item.path for item in items)
-    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: (-slow[item.path], -tests[item.path]))  # files of equal numbers stay as they are
     for item in items if not config.getoption("--full") else ():
         if item.get_closest_marker("full"):
             item.add_marker(pytest.mark.skip(reason="with --full"))

@@ -386,8 +386,8 @@ def test_latents_that_do_not_fit_the_run_are_refused(images, vae, latents, tmp_p
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_latents_of_32x32_are_read_at_50_000_a_second(tmp_path, dtype):
-    """On one core, normalised, from the page cache, in CPU time of this thread."""
+def test_a_latent_is_read_in_the_time_of_its_conversion(tmp_path, dtype):
+    """Normalised, from the page cache, 32x32; in turns with the conversion alone. On one core 50,000 a second."""
     count, kind = 512, getattr(torch, dtype)
     tensors = {name: torch.randn(count, 8, 32, 32).to(kind) for name in ("moments", "flipped")}
     numbers = {"label": torch.zeros(count, dtype=torch.int64), "family": torch.zeros(count, dtype=torch.uint64)}
@@ -398,13 +398,16 @@ def test_latents_of_32x32_are_read_at_50_000_a_second(tmp_path, dtype):
     (tmp_path / "latents.json").write_text(json.dumps(index))
     model = small_model(image_size=(32, 32), channels=4, num_classes=0)
     source = open_source(DataConfig(source=str(tmp_path), held_out=0.0, posterior="mean"), model)
-    rates = []
+    ratios, mean, scale = [], torch.zeros(4, 1, 1), torch.full((4, 1, 1), 0.18215)
     for _ in range(12):
         began = time.thread_time()
         for number in range(count):
             source.example(number, np.random.default_rng, flip=bool(number % 2))
-        rates.append(count / (time.thread_time() - began))
-    assert max(rates) > 50_000, rates
+        read = time.thread_time()
+        for number in range(count):
+            ((tensors["moments"][number, :4].float() - mean) * scale).numpy()
+        ratios.append((read - began) / (time.thread_time() - read))
+    assert min(ratios) < 1.5, ratios  # measured: 0.65 to 0.7
 
 
 # --------------------------------------------------------------------------------------- and back

@@ -93,12 +93,16 @@ def warm_start(
     kept, count = len(rows) - 1, model.config.num_classes
     notes = [f"{kept} of {count} classes keep their label row"] if kept < count else []
     notes += ["positions are those of the new image size"] if old.image_size != model.config.image_size else []
-    whole = not notes and chosen == list(range(old.blocks("outer")))
-    opened = not old.blocks("inner") and starts_as_outer_blocks(model.config)
-    exact = whole and (opened or (old == model.config and len(taken) == len(own)))
+    exact = not notes and _keeps_output(old, model.config, chosen, len(own) == len(taken))
     noted = trained.manifest.get("data", {}).get("digest")
     other_data = None not in (noted, digest) and noted != digest
     return WarmStart(str(run), trained.step, len(taken), len(own) - len(taken), tuple(notes), exact, other_data)
+
+
+def _keeps_output(old: ModelConfig, new: ModelConfig, chosen: Sequence[int], complete: bool) -> bool:
+    """Whether the new model's output is that of the trained one, with these blocks of it, and all weights or not."""
+    nested_anew = not old.blocks("inner") and starts_as_outer_blocks(new)
+    return list(chosen) == list(range(old.blocks("outer"))) and (nested_anew or (old == new and complete))
 
 
 def _label_rows(old: Sequence[str], new: Sequence[str]) -> dict[int, int]:

@@ -407,7 +407,7 @@ def test_a_latent_is_read_in_the_time_of_its_conversion(tmp_path, dtype):
         for number in range(count):
             ((tensors["moments"][number, :4].float() - mean) * scale).numpy()
         ratios.append((read - began) / (time.thread_time() - read))
-    assert min(ratios) < 1.5, ratios  # measured: 0.65 to 0.7
+    assert min(ratios) < 1, ratios  # measured: 0.65 to 0.7
 
 
 # --------------------------------------------------------------------------------------- and back
